@@ -1,0 +1,1 @@
+"""From a person's logs to examples that can be trained on."""
