@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import brie_mlx
-from brie_mlx.errors import BrieError, Stopped
+from brie_mlx.errors import BrieError, DataError, Stopped
 from brie_mlx.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -140,6 +140,108 @@ def _describe(plan: Plan) -> str:
         f"{figures['trainable_parameters']:,} trainable parameters",
     ]
     return "\n".join(lines)
+
+
+# --- talk --------------------------------------------------------------------------------------
+
+_VOICE = (
+    click.option("--model", help="The base: a repository or a folder. Default: the adapter's own."),
+    click.option("--adapter", help="A checkpoint, an exported folder, or a repository on the Hub."),
+    click.option("--revision", help="The base's branch, tag or commit on the Hub."),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    click.option("--system", help="The system prompt. Default: Qwen's own."),
+)
+_SAMPLING = (
+    click.option("--temperature", type=float, default=0.75, show_default=True, help="0 takes the likeliest word."),
+    click.option("--max-tokens", type=int, default=512, show_default=True, help="Tokens of the answer at most."),
+    click.option("--top-p", type=float, default=1.0, show_default=True),
+    click.option("--top-k", type=int, default=0, show_default=True),
+    click.option("--min-p", type=float, default=0.0, show_default=True),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer."),
+)
+_VOICE_NAMES = ("model", "adapter", "revision", "dtype")
+
+
+@main.command()
+@click.option("--prompt", help="What to ask; without it, standard input.")
+@_common(*_VOICE, *_SAMPLING)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer with its figures as JSON.")
+def generate(prompt: str | None, system: str | None, as_json: bool, **settings: Any) -> None:
+    """Answer one prompt, word by word."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("give --prompt TEXT, or the prompt on standard input")
+        prompt = _standard_input()
+    from brie_mlx.generation.dialogue import Dialogue, printable
+    from brie_mlx.generation.sampling import Sampling
+    from brie_mlx.generation.voice import load_voice
+
+    which = {name: settings.pop(name) for name in _VOICE_NAMES}
+    sampling = Sampling(**settings)  # before minutes of loading
+    voice = load_voice(**which)
+    dialogue = Dialogue(voice.model, voice.tokenizer, sampling=sampling, lora=voice.lora, system=system)
+    if as_json:
+        reply = dialogue.ask(prompt)
+        click.echo(json.dumps({"voice": voice.name, "prompt": prompt, **reply.to_dict()}, ensure_ascii=False))
+        return
+    show = printable if sys.stdout.isatty() else str
+    dialogue.ask(prompt, on_text=lambda piece: click.echo(show(piece), nl=False))
+    click.echo()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"Standard input is not UTF-8 at byte {error.start + 1}", hint="iconv -t utf-8") from None
+
+
+@main.command()
+@_common(*_VOICE, *_SAMPLING)
+def chat(system: str | None, **settings: Any) -> None:
+    """Talk, turn by turn."""
+    from brie_mlx.generation.dialogue import Dialogue
+    from brie_mlx.generation.repl import talk
+    from brie_mlx.generation.sampling import Sampling
+    from brie_mlx.generation.voice import load_voice
+
+    which = {name: settings.pop(name) for name in _VOICE_NAMES}
+    sampling = Sampling(**settings)
+    voice = load_voice(**which)
+    dialogue = Dialogue(voice.model, voice.tokenizer, sampling=sampling, lora=voice.lora, system=system)
+    talk(dialogue, read=_read_line, write=lambda text: click.echo(text, nl=False))
+
+
+def _read_line() -> str | None:
+    """Return a line that a person typed, None at the end of input or at Ctrl-C."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        click.echo()
+        return None
+
+
+# --- nano --------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("out", type=FOLDER, default=Path("models/nano"))
+@click.option("--data", type=click.Path(path_type=Path), multiple=True, help="Rows to learn from; repeatable.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
+def nano(out: Path, data: tuple[Path, ...], steps: int | None, seed: int) -> None:
+    """Make the embedded model: Qwen2.5's architecture in small, for the demo and for trying things out."""
+    from brie_mlx.nano import STEPS, make_nano
+
+    files = list(data) or [Path("data/train.jsonl"), Path("data/valid.jsonl")]
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % 100 == 0 or step == steps:
+            click.echo(f"nano: step {step} of {steps}, loss {loss:.3f}")
+
+    make_nano(files, out, steps=steps or STEPS, seed=seed, report=report)
+    click.echo(f"nano: {out}, a model that says nothing clever and runs every line that the real one runs")
 
 
 # --- export ------------------------------------------------------------------------------------

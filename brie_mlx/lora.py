@@ -58,22 +58,24 @@ class Adapter:
             for (layer, name), shapes in _shapes(config, base).items()
             for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
         }
-        layers: list[Layer] = [{} for _ in range(base.num_hidden_layers)]
+        placed: dict[tuple[int, str, str], mx.array] = {}
         problems = config.stray_targets()
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
             place = (int(match[1]), match[2], f"lora_{match[3]}") if match else None
-            shape = expected.pop(place, None) if place else None
-            if place is None or shape is None:
+            if place is None or place not in expected or place in placed:
                 problems.append(f"{key}: unknown, twice, or not among the modules that adapter_config.json targets")
-            elif tensor.shape != shape:
-                problems.append(f"{key}: shape {tensor.shape}, expected {shape}")
-            else:
-                layers[place[0]].setdefault(place[1], {})[place[2]] = tensor.astype(mx.float32)
-        problems += [f"{peft_key(layer, name, part)}: missing" for layer, name, part in expected]
+                continue
+            if tensor.shape != expected[place]:
+                problems.append(f"{key}: shape {tensor.shape}, expected {expected[place]}")
+            placed[place] = tensor.astype(mx.float32)
+        problems += [f"{peft_key(*place)}: missing" for place in expected if place not in placed]
         if problems:
             hint = f"check that the adapter was made for this base: it names {config.base_model_name_or_path!r}"
             raise AdapterError("The adapter does not fit the base and its own settings.", problems=problems, hint=hint)
+        layers: list[Layer] = [{} for _ in range(base.num_hidden_layers)]
+        for layer, name, part in expected:  # in this order, not the file's: sums over tensors stay the same to the bit
+            layers[layer].setdefault(name, {})[part] = placed[layer, name, part]
         return cls(config, layers)
 
     def to_peft(self) -> dict[str, mx.array]:

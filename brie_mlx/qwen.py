@@ -7,7 +7,7 @@ Attributes are the checkpoint's keys, so `model.layers.0.self_attn.q_proj.weight
 says. A model holds base weights only: adapters come with the call (`lora`, see lora.py), and so does
 what a token may attend to (`attend`): `Examples` for training, `Cache` for decoding.
 
-    logits = model(ids, attend=Cache(model.config, rows=1))          # (B, T) -> (B, T, V)
+    logits = model(ids, attend=Cache(model.config))          # (B, T) -> (B, T, V)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights and adapters: find them here or on the Hub, check them strictly, load them.
+"""Weights and adapters: find them here or on the Hub, check them strictly, load them, write adapters.
 
 Only named files are fetched and only safetensors are read; a shard's name cannot leave its folder.
 Everything that does not fit is listed at once.
@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import safetensors.numpy
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
@@ -83,7 +85,7 @@ def _find(
     if path.is_dir():
         return Place(name, path)
     what = "model" if kind is ModelError else "adapter"
-    if not _is_repo_id(name):
+    if not is_repo_id(name):
         raise kind(f"{what} folder {name} does not exist", hint="name a folder, or a repository of the Hub: OWNER/NAME")
     import huggingface_hub
 
@@ -100,7 +102,8 @@ def _find(
     return Place(name, folder, folder.name)
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
+    """Tell whether a name is one of a repository on the Hub, OWNER/NAME."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -108,7 +111,7 @@ def _is_repo_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and not name.startswith((".", "~"))
+    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()
 
 
 def _cached(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path | None:
@@ -237,3 +240,14 @@ def load_adapter(folder: Path, base: Config) -> Adapter:
     if broken:
         raise AdapterError(f"The adapter in {folder} holds numbers that are not finite.", problems=broken)
     return adapter
+
+
+def to_bytes(tensors: Mapping[str, mx.array]) -> bytes:
+    """Return a safetensors file with the metadata that PEFT writes."""
+    return safetensors.numpy.save({name: np.array(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write PEFT's two files into a folder."""
+    files.write(folder / "adapter_model.safetensors", to_bytes(adapter.to_peft()))
+    files.write(folder / "adapter_config.json", files.to_json(adapter.config.to_peft()))

@@ -22,7 +22,6 @@ from brie_mlx.config import Config
 from brie_mlx.errors import AdapterError
 from brie_mlx.lora import Adapter
 from brie_mlx.qwen import Examples
-from brie_mlx.training.checkpoint import write_adapter
 from brie_mlx.weights import Place
 
 TOLERANCE = 1e-4
@@ -55,21 +54,26 @@ def export_peft(checkpoint: Path, out: Path, *, base_model: str | None = None, m
         raise AdapterError(
             f"{checkpoint} changes nothing: every lora_B is zero", hint="export a checkpoint of a trained run"
         )
-    name = base_model or _hub_name(base, settings.base_model_name_or_path)
+    name = _hub_name(base_model, base, settings.base_model_name_or_path)
     public = Adapter(replace(adapter.config, base_model_name_or_path=name), adapter.layers)
     with files.new_folder(out, manifest=False) as folder:
-        write_adapter(folder, public)
+        weights.write_adapter(folder, public)
         check = _check(folder, public, base, config)
     return Export(out, name, len(public.to_peft()), check)
 
 
-def _hub_name(base: Place, name: str | None) -> str:
-    if base.is_local or not name:
+def _hub_name(asked: str | None, base: Place, recorded: str | None) -> str:
+    """Return the base's name on the Hub; a folder of this machine must never be published as one."""
+    if asked and not weights.is_repo_id(asked):
+        raise AdapterError(f"--base-model {asked} is not the name of a repository", hint="--base-model OWNER/NAME")
+    if asked:
+        return asked
+    if base.is_local or not recorded:
         raise AdapterError(
             f"The base was the folder {base.folder}, which nobody else can load",
             hint="name the base on the Hub: --base-model OWNER/NAME",
         )
-    return name
+    return recorded
 
 
 def _check(folder: Path, adapter: Adapter, base: Place, config: Config) -> str:

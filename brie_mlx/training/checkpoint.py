@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import mlx.core as mx
-import numpy as np
-import safetensors.numpy
 
 from brie_mlx import files
 from brie_mlx.config import Config
@@ -26,7 +22,7 @@ from brie_mlx.errors import RunError
 from brie_mlx.lora import Adapter
 from brie_mlx.recipe import Recipe
 from brie_mlx.training.optimizer import AdamW
-from brie_mlx.weights import load_adapter, read_tensors
+from brie_mlx.weights import load_adapter, read_tensors, to_bytes, write_adapter
 
 _STATE = "trainer_state.json"
 _MOMENTS = ("mean", "square")
@@ -42,17 +38,6 @@ class Progress:
     steps_since_log: int = 0
     best_step: int | None = None
     best_eval_loss: float | None = None
-
-
-def to_bytes(tensors: Mapping[str, mx.array]) -> bytes:
-    """Return a safetensors file with the metadata that PEFT writes."""
-    return safetensors.numpy.save({name: np.array(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
-
-
-def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write PEFT's two files into a folder."""
-    files.write(folder / "adapter_model.safetensors", to_bytes(adapter.to_peft()))
-    files.write(folder / "adapter_config.json", files.to_json(adapter.config.to_peft()))
 
 
 def checkpoint_bytes(adapter: Adapter) -> int:

@@ -67,6 +67,7 @@ class Dropout:
     def by(self, keys: mx.array, lengths: Sequence[int]) -> Callable[[str, mx.array], mx.array]:
         """Return the dropout of a layer's modules, (name, x (1, T, in)) -> (1, T, in)."""
         keep = 1 - self.share
+        keys = mx.stop_gradient(keys)  # mx.checkpoint asks for the gradient of all its inputs
 
         def drop(name: str, x: mx.array) -> mx.array:
             module = MODULES.index(name)

@@ -154,7 +154,7 @@ def collate(rows: list[Record]) -> dict[str, torch.Tensor]:
     return batch | {"attention_mask": pad("mask", 0), "rows": torch.tensor([row["row"] for row in rows])}
 
 
-class NotingTrainer(Trainer):  # type: ignore[misc]
+class NotingTrainer(Trainer):
     """The Trainer, which also notes what each step did; it computes everything as it always does."""
 
     def __init__(self, **arguments: Any) -> None:
