@@ -7,10 +7,12 @@ that, and `import brie_mlx` calls it. Nothing here imports mlx before a function
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
 _HOW_TO_INSTALL = "apt-get install libopenblas0-pthread (Debian, Ubuntu) or dnf install openblas-threads (Fedora)"
-_blas: str | None = None
+_blas: tuple[str, ctypes.CDLL] | None = None
 
 
 def put_blas_under_mlx() -> None:
@@ -36,10 +38,9 @@ def put_blas_under_mlx() -> None:
         os.environ.setdefault("OPENBLAS_CORETYPE", kernel)
     for name in _LIBRARIES:
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            _blas = name, ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        _blas = name
         return
 
 
@@ -52,6 +53,25 @@ def _openblas_kernel() -> str | None:
     except OSError:
         return None
     return "SKYLAKEX" if "avx512f" in flags else "HASWELL" if "avx2" in flags else None
+
+
+def cores() -> int:
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def blas_threads(number: int) -> Iterator[None]:
+    """Let the BLAS under MLX use this many threads a product, and as many as there are cores again afterwards."""
+    set_threads = getattr(_blas[1], "openblas_set_num_threads", None) if _blas else None
+    if set_threads is None:
+        yield
+        return
+    set_threads(number)
+    try:
+        yield
+    finally:
+        set_threads(cores())
 
 
 def is_cpu() -> bool:
@@ -72,9 +92,8 @@ def describe() -> str:
     if sys.platform != "linux":
         return f"CPU: {name}"
     if _blas:
-        return (
-            f"CPU: {name}, float32 through {_blas} ({os.environ.get('OPENBLAS_CORETYPE', 'its own choice of kernel')})"
-        )
+        kernel = os.environ.get("OPENBLAS_CORETYPE", "its own choice of kernel")
+        return f"CPU: {name}, float32 through {_blas[0]} ({kernel})"
     why = "mlx was imported before brie_mlx" if "mlx.core" in sys.modules and _loadable() else _HOW_TO_INSTALL
     return f"CPU: {name}, MLX's own slow BLAS; for tens of times the speed: {why}"
 

@@ -116,20 +116,24 @@ class Adapter:
                 linear.weight = (linear.weight.astype(mx.float32) + update).astype(linear.weight.dtype)
 
 
-def branch(
-    layer: Layer, scales: Mapping[str, float | mx.array], drop: Callable[[str, mx.array], mx.array] | None = None
-) -> Project:
+Product = Callable[[str, mx.array, mx.array], mx.array]
+"""(module name, x (..., in), A (R, in)) -> x A', with what training does to x on the way."""
+
+
+def branch(layer: Layer, scales: Mapping[str, float | mx.array], product: Product | None = None) -> Project:
     """Return (name, x) -> what LoRA adds to the projection of x, (..., in) -> (..., out) in float32.
 
-    A scale may be an array over the rank, (B, 1, R), to choose adapters row by row. `drop` is the dropout.
+    A scale may be an array over the rank, (B, 1, R), to choose adapters row by row. `product` replaces the plain
+    x A', for dropout.
     """
 
     def project(name: str, x: mx.array) -> mx.array | None:
         if name not in layer:
             return None
+        a, b = layer[name]["lora_A"], layer[name]["lora_B"]
         x = x.astype(mx.float32)
-        low = (drop(name, x) if drop else x) @ layer[name]["lora_A"].T  # (..., R)
-        return (scales[name] * low) @ layer[name]["lora_B"].T  # (..., out)
+        low = product(name, x, a) if product else x @ a.T  # (..., R)
+        return (scales[name] * low) @ b.T  # (..., out)
 
     return project
 

@@ -23,7 +23,7 @@ import tokenizers
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from brie_mlx import files, randomness
+from brie_mlx import files, fused, randomness
 from brie_mlx.chat import CONTROL, DEFAULT_SYSTEM, Message, Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.qwen import Examples, Qwen
@@ -219,6 +219,10 @@ def _blocks(ids: np.ndarray, *, seed: int, step: int) -> mx.array:
 
 
 def _loss(model: Qwen, blocks: mx.array) -> mx.array:
-    """Return the mean cross-entropy of each token after the first, (B, T + 1) -> scalar."""
-    logits = model(blocks[:, :-1], attend=Examples(model.config, [blocks.shape[1] - 1]))  # (B, T, V)
-    return nn.losses.cross_entropy(logits, blocks[:, 1:], reduction="mean")
+    """Return the mean cross-entropy of each token after the first, (B, T + 1) -> scalar, in nats."""
+    attend = Examples(model.config, [blocks.shape[1] - 1])
+    logits = fused.LOG2E * model(blocks[:, :-1], attend=attend)  # (B, T, V), in base 2
+    logits = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    total = fused.exp2(mx.maximum(logits, -100.0)).sum(axis=-1)  # (B, T)
+    chosen = mx.take_along_axis(logits, blocks[:, 1:, None], axis=-1).squeeze(-1)  # (B, T)
+    return (mx.log2(total) - chosen).mean() / fused.LOG2E

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from brie_mlx import fused
 from brie_mlx.config import Config
 
 Project = Any
@@ -49,7 +50,7 @@ class Examples:
             here = slice(start, start + length)
             start += length
             rotated, keys = (rotate(self.config, x[:, :, here], 0) for x in (q, k))
-            outputs.append(_attention(self.config, rotated, keys, v[:, :, here], mask="causal"))
+            outputs.append(fused.causal_attention(rotated, keys, v[:, :, here]))
         return mx.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
 
 
@@ -161,7 +162,7 @@ class MLP(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         gate = _project(self.gate_proj, "mlp.gate_proj", x, lora)  # (B, T, F)
         up = _project(self.up_proj, "mlp.up_proj", x, lora)  # (B, T, F)
-        return _project(self.down_proj, "mlp.down_proj", nn.silu(gate) * up, lora)
+        return _project(self.down_proj, "mlp.down_proj", fused.swiglu(gate, up), lora)
 
 
 class Block(nn.Module):

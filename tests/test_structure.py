@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "brie_mlx"
 FLOORS = [
     {"errors"},
     {"device", "files", "recipe", "randomness"},
-    {"config", "chat"},
+    {"config", "chat", "fused"},
     {"qwen"},
     {"lora"},
     {"weights", "nano"},

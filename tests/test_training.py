@@ -277,9 +277,9 @@ def test_other_steps_and_seeds_drop_other_inputs() -> None:
 
 def test_dropout_drops_its_share_scales_the_rest_and_differs_between_modules() -> None:
     dropout = Dropout(0.05, seed=1, step=1, num_layers=2)
-    drop = dropout.by(dropout.keys([0, 1], 1), [300, 200])
-    ones = mx.ones((1, 500, 400))
-    masks = [np.array(drop(name, ones)) for name in ("self_attn.q_proj", "self_attn.k_proj")]
+    product = dropout.by(dropout.keys([0, 1], 1), [300, 200])
+    ones, identity = mx.ones((1, 500, 400)), mx.eye(400)
+    masks = [np.array(product(name, ones, identity)) for name in ("self_attn.q_proj", "self_attn.k_proj")]
     for mask in masks:
         assert abs((mask == 0).mean() - 0.05) < 4 * math.sqrt(0.05 * 0.95 / mask.size)
         assert np.allclose(mask[mask != 0], 1 / 0.95)

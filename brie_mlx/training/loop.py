@@ -9,6 +9,7 @@ after the micro-batch in flight; what was done is saved, and `resume=True` goes 
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from brie_mlx.data.rows import Example
 from brie_mlx.errors import NumbersError, Stopped
 from brie_mlx.lora import Adapter, Layer
 from brie_mlx.qwen import Qwen
-from brie_mlx.training import checkpoint, optimizer, signals, windows
+from brie_mlx.training import checkpoint, optimizer, signals, windows, workers
 from brie_mlx.training import run as runs
 from brie_mlx.training.checkpoint import Progress
 from brie_mlx.training.loss import Dropout, loss_sum
@@ -92,6 +93,8 @@ class Trainer:
             self.optimizer = optimizer.AdamW(self.recipe, self.adapter.layers)
         else:
             self.progress, self.adapter, self.optimizer = checkpoint.load(start, plan.config, self.recipe)
+        # a worker cannot compute what another thread has only described
+        mx.eval(self.adapter.layers, self.optimizer.mean, self.optimizer.square)
         self.started_from = self.progress.step
         self.metrics.keep(lambda row: row["step"] <= self.progress.step)
         self._seconds, self._tokens = 0.0, 0
@@ -139,25 +142,26 @@ class Trainer:
         dropout = (
             Dropout(share, seed=self.recipe.seed, step=step, num_layers=len(self.adapter.layers)) if share else None
         )
-        total, gradients = 0.0, None
-        for batch in windows.cut(window, self.recipe.micro_batch_tokens):
 
-            def loss(layers: list[Layer], batch: windows.MicroBatch = batch) -> mx.array:
-                checkpointing = self.recipe.gradient_checkpointing
-                return loss_sum(
-                    layers,
-                    adapter=self.adapter,
-                    model=self.model,
-                    batch=batch,
-                    dropout=dropout,
-                    checkpoint=checkpointing,
-                )
-
-            value, slope = mx.value_and_grad(loss)(self.adapter.layers)
-            gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
-            mx.eval(value, gradients)
-            total += float(value)
+        def piece(batch: windows.MicroBatch) -> tuple[float, list[Layer]]:
             self._look_up()
+            loss_of = functools.partial(
+                loss_sum,
+                adapter=self.adapter,
+                model=self.model,
+                batch=batch,
+                dropout=dropout,
+                checkpoint=self.recipe.gradient_checkpointing,
+            )
+            loss, slope = mx.value_and_grad(loss_of)(self.adapter.layers)
+            mx.eval(loss, slope)
+            return float(loss), slope
+
+        total, gradients = 0.0, None
+        for loss, slope in workers.each_piece(piece, window, self.recipe.micro_batch_tokens):
+            total += loss
+            gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
+            mx.eval(gradients)
         count = sum(example.num_supervised for example in window)
         return total / count, tree_map(lambda gradient: gradient / count, gradients)
 
@@ -254,9 +258,13 @@ def evaluation_loss(
     model: Qwen, adapter: Adapter, rows: Sequence[Example], budget: int, *, between: Callable[[], None] = lambda: None
 ) -> float:
     """Return the mean loss per supervised token over all rows, without dropout, in nats."""
-    total = 0.0
-    for batch in windows.cut(rows, budget):
-        loss = loss_sum(adapter.layers, adapter=adapter, model=model, batch=batch, dropout=None, checkpoint=False)
-        total += float(loss)
+    mx.eval(adapter.layers)
+
+    def piece(batch: windows.MicroBatch) -> float:
         between()
+        return float(
+            loss_sum(adapter.layers, adapter=adapter, model=model, batch=batch, dropout=None, checkpoint=False)
+        )
+
+    total = sum(workers.each_piece(piece, rows, budget))
     return total / sum(example.num_supervised for example in rows)

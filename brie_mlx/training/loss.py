@@ -12,9 +12,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from brie_mlx import randomness
+from brie_mlx import fused, randomness
 from brie_mlx.config import MODULES
-from brie_mlx.lora import Adapter, Layer, branch
+from brie_mlx.lora import Adapter, Layer, Product, branch
 from brie_mlx.qwen import Block, Examples, Qwen
 from brie_mlx.training.windows import MicroBatch
 
@@ -41,8 +41,8 @@ def loss_sum(
     for at, layer in enumerate(model.model.layers):
 
         def run(x: mx.array, weights: Layer, keys: mx.array, at: int = at, layer: Block = layer) -> mx.array:
-            drop = dropout.by(keys, batch.lengths) if dropout else None
-            return layer(x, at, attend, branch(weights, adapter.scales(at), drop))
+            product = dropout.by(keys, batch.lengths) if dropout else None
+            return layer(x, at, attend, branch(weights, adapter.scales(at), product))
 
         keys = dropout.keys(batch.places, at) if dropout else mx.array(0)
         x = (mx.checkpoint(run) if checkpoint else run)(x, layers[at], keys)
@@ -64,20 +64,20 @@ class Dropout:
         splits = [mx.random.split(self._key(place), shape[0] * shape[1]).reshape(shape)[layer] for place in places]
         return mx.stack(splits)
 
-    def by(self, keys: mx.array, lengths: Sequence[int]) -> Callable[[str, mx.array], mx.array]:
-        """Return the dropout of a layer's modules, (name, x (1, T, in)) -> (1, T, in)."""
+    def by(self, keys: mx.array, lengths: Sequence[int]) -> Product:
+        """Return the product with dropout of a layer's modules, (name, x (1, T, in), A (R, in)) -> (1, T, R)."""
         keep = 1 - self.share
         keys = mx.stop_gradient(keys)  # mx.checkpoint asks for the gradient of all its inputs
 
-        def drop(name: str, x: mx.array) -> mx.array:
+        def product(name: str, x: mx.array, a: mx.array) -> mx.array:
             module = MODULES.index(name)
             masks = [
                 mx.random.bernoulli(keep, (length, x.shape[-1]), key=keys[at, module])
                 for at, length in enumerate(lengths)
             ]
-            return mx.where(mx.concatenate(masks), x * (1 / keep), 0.0)
+            return (1 / keep) * fused.dropped_product(x[0], a, mx.concatenate(masks))[None]
 
-        return drop
+        return product
 
 
 def head_loss(head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array) -> mx.array:
@@ -88,30 +88,29 @@ def head_loss(head: Callable[[mx.array], mx.array], hidden: mx.array, targets: m
     """
 
     @mx.custom_function
-    def fused(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def both(hidden: mx.array) -> tuple[mx.array, mx.array]:
         parts = [
             _chunk_loss(head, hidden[at : at + HEAD_CHUNK], targets[at : at + HEAD_CHUNK])
             for at in range(0, hidden.shape[0], HEAD_CHUNK)
         ]
         return sum((loss for loss, _ in parts), mx.array(0.0)), mx.concatenate([gradient for _, gradient in parts])
 
-    @fused.vjp
+    @both.vjp
     def backward(_: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
         return (cotangents[0] * outputs[1]).astype(hidden.dtype)
 
-    loss, _ = cast("tuple[mx.array, mx.array]", fused(hidden))
+    loss, _ = cast("tuple[mx.array, mx.array]", both(hidden))
     return loss
 
 
 def _chunk_loss(head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return (summed loss, d loss / d hidden) of some rows, (C, D) and (C,)."""
-    logits = head(hidden)
-    wide = logits.astype(mx.float32)  # sums over the vocabulary lose too much in the base's type
-    top = wide.max(axis=-1, keepdims=True)
-    powers = mx.exp(wide - top)  # (C, V)
-    total = powers.sum(axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(wide, targets[:, None], axis=-1)
-    loss = (mx.log(total) + top - chosen).sum()
-    slope = (powers / total).at[mx.arange(targets.size), targets].add(-1.0)
-    _, (gradient,) = mx.vjp(head, [hidden], [slope.astype(logits.dtype)])
-    return loss, gradient
+    logits = fused.scaled(hidden, fused.LOG2E, head)  # (C, V), float32, in base 2
+    top = logits.max(axis=-1, keepdims=True)
+    weights = fused.exp2(mx.maximum(logits - top, -100.0))  # below, products are denormal and tens of times slower
+    total = weights.sum(axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    loss = (mx.log2(total) + top - chosen).sum() / fused.LOG2E
+    slope = weights.at[mx.arange(targets.size)[:, None], targets[:, None]].add(-total)  # total * d loss / d logits
+    gradient: mx.array = mx.vjp(head, [hidden], [slope.astype(hidden.dtype)])[1][0]
+    return loss, gradient / total
