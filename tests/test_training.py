@@ -26,8 +26,9 @@ from brie_mlx.errors import NumbersError, RunError, Stopped
 from brie_mlx.lora import Adapter
 from brie_mlx.qwen import Qwen
 from brie_mlx.recipe import Recipe
-from brie_mlx.training import checkpoint, windows
-from brie_mlx.training.loop import evaluation_loss, train
+from brie_mlx.training import checkpoint, signals, windows, workers
+from brie_mlx.training import run as runs
+from brie_mlx.training.loop import Trainer, evaluation_loss, train
 from brie_mlx.training.loss import HEAD_CHUNK, Dropout, head_loss, loss_sum
 from brie_mlx.training.optimizer import learning_rate
 from brie_mlx.training.plan import make_plan
@@ -399,6 +400,28 @@ def test_a_run_killed_between_checkpoints_repeats_what_it_lost_to_the_bit(tmp_pa
     train(plan, tmp_path / "killed", listener=Quiet(), resume=True)
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     assert last_bytes(tmp_path / "killed") == last_bytes(tmp_path / "whole")
+
+
+def test_pieces_side_by_side_give_the_gradient_of_one_after_another(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads share the weights' tree, and MLX puts tracers into the tree it differentiates by: each needs its own."""
+    plan = make_plan(replace(recipe, micro_batch_tokens=100_000))
+    runs.create(tmp_path / "run", plan)
+    trainer = Trainer(plan, tmp_path / "run", Quiet(), signals.Stop())
+    monkeypatch.setattr(workers, "count", lambda: 1)
+    loss, expected = trainer._gradients(plan.train.rows, 1)
+    monkeypatch.setattr(workers, "count", lambda: 4)
+    first = trainer._gradients(plan.train.rows, 1)
+    for _ in range(15):
+        again = trainer._gradients(plan.train.rows, 1)
+        assert again[0] == first[0]
+        for (name, ours), (_, same) in zip(tree_flatten(again[1]), tree_flatten(first[1]), strict=True):
+            assert mx.array_equal(ours, same), name
+    assert first[0] == pytest.approx(loss, rel=1e-5)
+    for (name, ours), (_, theirs) in zip(tree_flatten(first[1]), tree_flatten(expected), strict=True):
+        if mx.abs(theirs).max() > 0:
+            assert relative(ours, theirs) <= 1e-5, name
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

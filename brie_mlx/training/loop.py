@@ -153,7 +153,10 @@ class Trainer:
                 dropout=dropout,
                 checkpoint=self.recipe.gradient_checkpointing,
             )
-            loss, slope = mx.value_and_grad(loss_of)(self.adapter.layers)
+            own = tree_map(
+                lambda tensor: tensor, self.adapter.layers
+            )  # value_and_grad puts tracers into the tree it is given
+            loss, slope = mx.value_and_grad(loss_of)(own)
             mx.eval(loss, slope)
             return float(loss), slope
 
