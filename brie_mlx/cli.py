@@ -81,7 +81,7 @@ def train(
 ) -> None:
     """Train an adapter on the rows of a file."""
     from brie_mlx.training.loop import train as run
-    from brie_mlx.training.picture import draw_loss
+    from brie_mlx.training.picture import curve, draw_loss
     from brie_mlx.training.plan import make_plan
     from brie_mlx.training.progress import watching
     from brie_mlx.training.run import check_vacant, read_recipe
@@ -111,6 +111,8 @@ def train(
     if as_json:
         click.echo(json.dumps(done))
         return
+    for line in filter(None, (curve(out, "loss"), curve(out, "eval_loss"))):
+        click.echo(line)
     best = f", best {summary.best} (eval_loss {summary.best_eval_loss:.4f})" if summary.best else ""
     click.echo(f"Done: last {summary.last}{best}; curves in {picture}")
     click.echo(f"Next: brie generate --adapter {summary.best or summary.last} --prompt '...'")

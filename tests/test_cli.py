@@ -147,6 +147,8 @@ def test_plain_lines_where_the_output_is_no_terminal(brie: Run, base: Path, rows
     assert "step     1  loss " in result.output
     assert "step     3  eval_loss " in result.output
     assert f"saved {out / 'checkpoint-3'}" in result.output
+    assert "    loss " in result.output
+    assert "▁" in result.output
     assert "\x1b" not in result.output
     assert f"brie generate --adapter {out / 'checkpoint-3'}" in result.output
     assert (out / "loss.svg").read_text().startswith("<?xml")
@@ -157,6 +159,13 @@ def test_plain_lines_where_the_output_is_no_terminal(brie: Run, base: Path, rows
         "checkpoint-3",
         "loss.svg",
     }
+
+
+def test_rows_that_are_cut_are_told_with_what_it_costs(brie: Run, base: Path, rows: Path, tmp_path: Path) -> None:
+    row = {"input_ids": list(range(60)), "labels": [-100] * 10 + list(range(10, 60))}
+    settings = ("--valid", "none", "--out", tmp_path / "run", "-o", "max_length=40")
+    result = brie("train", "--model", base, "--data", write_rows(rows, [row]), *settings)
+    assert "1 rows cut at 40 tokens, which costs 20 supervised tokens" in result.output
 
 
 def test_json_lines_for_programs(brie: Run, base: Path, rows: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""loss.svg: the curves of a run, drawn from its metrics.jsonl."""
+"""The curves of a run, drawn from its metrics.jsonl: loss.svg, and a line for the terminal."""
 
 from __future__ import annotations
 
@@ -33,3 +33,17 @@ def draw_loss(run: Path) -> Path | None:
     path = run / "loss.svg"
     files.replace(path, content.getvalue())
     return path
+
+
+def curve(run: Path, name: str, *, width: int = 40) -> str:
+    """Return a run's `loss` or `eval_loss` as a line of bars with its first and last value; empty without two points."""
+    values = [row[name] for row in read_metrics(run / METRICS) if name in row]
+    if len(values) < 2:
+        return ""
+    shown = [values[at * (len(values) - 1) // (width - 1)] for at in range(width)] if len(values) > width else values
+    low, high = min(shown), max(shown)
+    bars = (_BARS[round((value - low) / (high - low or 1) * (len(_BARS) - 1))] for value in shown)
+    return f"{name:>9} {values[0]:.3f} {''.join(bars)} {values[-1]:.3f}"
+
+
+_BARS = "▁▂▃▄▅▆▇█"

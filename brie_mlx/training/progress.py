@@ -65,7 +65,11 @@ class PlainListener:
     def started(self, plan: Plan, step: int) -> None:
         """Print the device and what lies ahead."""
         click.echo(device.describe())
-        click.echo(f"{plan.steps - step} steps to go, {plan.num_trainable:,} trainable numbers")
+        click.echo(f"{plan.steps - step:,} steps to go, {plan.num_trainable:,} trainable parameters")
+        train = plan.train
+        if train.num_truncated:
+            cost = f"{train.num_supervised_cut:,} supervised tokens"
+            click.echo(f"{train.num_truncated:,} rows cut at {plan.recipe.max_length:,} tokens, which costs {cost}")
 
     def stepped(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         """Print nothing: a line a step would be noise in a log."""
