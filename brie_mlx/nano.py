@@ -24,8 +24,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from brie_mlx import files, fused, randomness
-from brie_mlx.chat import CONTROL, DEFAULT_SYSTEM, Message, Tokenizer
+from brie_mlx.chat import CONTROL, DEFAULT_SYSTEM, ROLES, Message, Tokenizer
 from brie_mlx.config import Config
+from brie_mlx.errors import DataError, RunError
 from brie_mlx.qwen import Examples, Qwen
 
 NANO: dict[str, Any] = {
@@ -107,7 +108,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = BPE_TOKENS) -> bytes
 
 
 def random_model(config: Config, seed: int, *, deviation: float = 0.02) -> Qwen:
-    """Return a float32 model with seeded random weights: norms 1, all else normal with deviation 0.02.
+    """Return a float32 model with seeded random weights: norms 1, all else normal with this `deviation`.
 
     Each tensor depends on the seed and its own name only; MLX's random state plays no part.
     """
@@ -163,6 +164,12 @@ def _write_model(model: Qwen, config: Mapping[str, Any], folder: Path) -> None:
 def make_nano(
     data_files: Sequence[Path], out: Path, *, steps: int = STEPS, seed: int = 42, report: Report | None = None
 ) -> None:
+    """Make a new model folder from the texts of rows. The same rows, steps and seed give the same bytes on a machine.
+
+    Raises DataError when a file is missing or has a bad row, RunError when `out` exists or the disk refuses.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists already, and nothing is overwritten", hint="name another folder")
     dialogues = _read_dialogues(data_files)
     texts = [message["content"] for dialogue in dialogues for message in dialogue]
     with files.new_folder(out) as folder:
@@ -178,8 +185,17 @@ def _read_dialogues(paths: Sequence[Path]) -> list[list[Message]]:
     for path in paths:
         for line, row in files.read_rows(path, problems) if path.is_file() else ():
             turns = row.get("messages")
-            dialogues.append([Message(role=t["role"], content=t["content"]) for t in turns])
+            if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
+                dialogues.append([Message(role=turn["role"], content=turn["content"]) for turn in turns])
+            else:
+                problems.append(f"{path}:{line}:messages: expected turns with a role and a text")
+    if problems or not dialogues:
+        raise DataError("There are no rows to learn from.", problems=problems, hint="brie nano --data FILE")
     return dialogues
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
 
 
 def _running_text(dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> np.ndarray:

@@ -33,7 +33,7 @@ from brie_mlx.generation.sampling import (
     uniforms,
 )
 from brie_mlx.lora import Adapter, Stack
-from brie_mlx.qwen import Cache, Project, Qwen, rotate
+from brie_mlx.qwen import Cache, Project, Qwen
 
 ROWS = 32
 """Answers under way at a time, at most: each costs memory for its keys and values."""
@@ -68,6 +68,8 @@ def answer_all(
     an id of a prompt; and NumbersError when logits are not finite.
     """
     _check(requests, sampling, model.config, adapters=len(adapters))
+    if not requests:
+        return []
     answers: dict[int, Answer] = {}
     batch = _Batch(model, tokenizer, requests, sampling=sampling, stack=Stack(adapters), most=rows)
     # While a GPU computes, the host writes down its next step, though a row may turn out to be finished and ride
@@ -87,8 +89,9 @@ def answer_all(
 
 
 def _check(requests: Sequence[Request], sampling: Sampling, config: Config, *, adapters: int) -> None:
-    assert all(request.prompt_ids for request in requests), "a prompt has at least its header"
-    assert all(request.adapter is None or 0 <= request.adapter < adapters for request in requests)
+    for request in requests:
+        assert len(request.prompt_ids) > 0, "a prompt has at least its header"
+        assert request.adapter is None or 0 <= request.adapter < adapters, f"adapter {request.adapter} of {adapters}"
     ids = set(itertools.chain.from_iterable(request.prompt_ids for request in requests))
     if strays := sorted(number for number in ids if not 0 <= number < config.vocab_size):
         raise ModelError(
@@ -143,6 +146,10 @@ class _Row:
         piece, self.unread = self.unread[:CHUNK], self.unread[CHUNK:]
         return piece
 
+    def span(self, piece: Sequence[int]) -> range:
+        """Return the positions of what it reads: of the piece, or of one word that it said."""
+        return range(self.length, self.length + max(len(piece), 1))
+
     def answer(self, tokenizer: Tokenizer) -> Answer:
         """Return the finished answer."""
         joined, first, last = self.times[0], self.times[1], self.times[-1]
@@ -196,13 +203,13 @@ class _Batch:
         self.lora: list[Project] | None = None
 
     def step(self) -> _Step | None:
-        """Write the next pass down without beginning it, (rows) -> ids (B,); None when no row is left."""
+        """Write the next pass down without beginning it; None when no row is left."""
         self._change_rows()
         if not self.rows:
             return None
         # 1) what each row reads: a piece of its prompt, or the word it said last
         pieces = [row.take() for row in self.rows]
-        reads = [range(row.length, row.length + max(len(piece), 1)) for row, piece in zip(self.rows, pieces, strict=True)]
+        reads = [row.span(piece) for row, piece in zip(self.rows, pieces, strict=True)]
         last = self._last_ids(pieces)  # (B,)
         earlier = [number for piece in pieces for number in piece[:-1]]
         ids = mx.concatenate([last, mx.array(earlier, mx.int32)])[:, None]  # (T, 1), as the cache wants them
@@ -314,7 +321,7 @@ def _beginnings(model: Qwen, requests: Sequence[Request], *, stack: Stack) -> di
     return beginnings
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+def _common(prompts: Sequence[list[int]]) -> list[int]:
     """Return what all prompts begin with, but for the last token of each, which is read for its logits."""
     first, last = min(prompts), max(prompts)  # what these two share, all that stand between them share
     most = min(map(len, prompts)) - 1
@@ -345,13 +352,14 @@ class RowCache:
     def plan(self, reads: Sequence[range]) -> None:
         """Say which positions each row reads in the next pass; all rows from the first have at least one."""
         self.reads = list(reads)
-        last = [read[-1] for read in reads]
-        rows = [row for row, read in enumerate(reads) for _ in read[:-1]]
-        self.rows = mx.array([*range(len(reads)), *rows])  # (T,)
-        self.positions = mx.array([*last, *(at for read in reads for at in read[:-1])])  # (T,)
+        last = [span[-1] for span in reads]
+        rows = [row for row, span in enumerate(reads) for _ in span[:-1]]
+        earlier = [position for span in reads for position in span[:-1]]
+        self.rows = mx.array([*range(len(reads)), *rows])  # (T,), the row and the position of each token
+        self.positions = mx.array([*last, *earlier])
         self.length = 1 + max(last)
         self._make_room(self.length)
-        own = mx.arange(self.length) <= mx.array(last)[:, None]  # (B, S)
+        own = mx.arange(self.length) <= self.positions[: len(reads), None]  # (B, S)
         self.mask = mx.where(own, 0.0, -mx.inf)[:, None, None]  # (B, 1, 1, S)
 
     def copy(self, beginning: Cache, row: int) -> None:
@@ -365,10 +373,11 @@ class RowCache:
         """Put rows in the place of others."""
         if not sources:
             return
-        taken = [mx.take(array, mx.array(sources), axis=0) for array in (*self.keys, *self.values)]
-        mx.eval(taken)  # before the cache is written, which would otherwise be copied
-        for array, moved in zip((*self.keys, *self.values), taken, strict=True):
-            array[mx.array(targets)] = moved
+        caches, seen = [*self.keys, *self.values], slice(0, self.length)
+        taken = [cache[mx.array([*sources]), :, seen] for cache in caches]
+        mx.eval(taken)  # before the cache is written: MLX would copy one that is still to be read
+        for cache, moved in zip(caches, taken, strict=True):
+            cache[mx.array([*targets]), :, seen] = moved
 
     def _make_room(self, length: int) -> None:
         rows, heads, slots, size = self.keys[0].shape
@@ -380,19 +389,24 @@ class RowCache:
 
     def __call__(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Write k and v, then attend, (T, H, 1, Dh), (T, K, 1, Dh), (T, K, 1, Dh) -> (T, H, 1, Dh)."""
-        q, k = (rotate(self.config, x, self.positions) for x in (q, k))
+        q, k = (_rotate(self.config, x, self.positions) for x in (q, k))
         keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, self.positions] = k[:, :, 0]
         values[self.rows, :, self.positions] = v[:, :, 0]
         start = len(self.reads)
         live, seen = slice(0, start), slice(0, self.length)
         outputs = [_attend_in_rows(q[live], keys[live, :, seen], values[live, :, seen], self.mask)]
-        for row, read in enumerate(self.reads):
-            if len(read) > 1:
-                own, seen = slice(row, row + 1), slice(0, read[-1])
-                here = slice(start, start := start + len(read) - 1)
+        for row, span in enumerate(self.reads):
+            if len(span) > 1:
+                own, seen = slice(row, row + 1), slice(0, span[-1])
+                here = slice(start, start := start + len(span) - 1)
                 outputs.append(_attend_alone(q[here], keys[own, :, seen], values[own, :, seen]))
         return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _rotate(config: Config, x: mx.array, positions: mx.array) -> mx.array:
+    """Apply RoPE to (T, heads, 1, Dh), each row at its own position."""
+    return mx.fast.rope(x, config.head_dim, traditional=False, base=config.rope_theta, scale=1.0, offset=positions)
 
 
 def _attend_in_rows(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:

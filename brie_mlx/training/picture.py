@@ -36,7 +36,7 @@ def draw_loss(run: Path) -> Path | None:
 
 
 def curve(run: Path, name: str, *, width: int = 40) -> str:
-    """Return a run's `loss` or `eval_loss` as a line of bars with its first and last value; empty without two points."""
+    """Return a run's `loss` or `eval_loss` as a line of bars, first and last value beside it; empty without two."""
     values = [row[name] for row in read_metrics(run / METRICS) if name in row]
     if len(values) < 2:
         return ""
