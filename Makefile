@@ -54,8 +54,10 @@ check: .venv/.parity  ## format, lint, types, tests with parity, and the wheel i
 	$(MAKE) test
 	PYTHON=$(PYTHON) BIN=$(BIN) DEVICE=$(DEVICE) bash tests/wheel.sh
 
-bench: .venv/.dev  ## measure this machine: full windows, beside what it could do
-	$(BIN)/python bench/full_window.py
+bench: .venv/.dev  ## measure this machine: training and decoding beside mlx-lm (half an hour or more)
+	$(BIN)/python bench/training.py
+	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/decoding.py
 
 constraints: .venv/.dev  ## renew constraints.txt from pyproject.toml
 	$(BIN)/pip install -q uv

@@ -10,7 +10,7 @@ out=exports/demo-$number
 prompt="What does it mean to wait?"
 
 say() { printf '\n== %s\n' "$*"; }
-ask() { "$bin/brie" generate --prompt "$prompt" --max-tokens 60 --temperature 0.6 "$@"; }
+ask() { "$bin/brie" generate --prompt "$prompt" --max-tokens 60 --temperature 0.6 --seed 1 "$@"; }
 
 say "1. A model to train: nano, Qwen2.5's architecture in small, made from the texts in data/"
 if [ -d models/nano ]; then echo "models/nano is there already"; else "$bin/brie" nano models/nano; fi
@@ -20,7 +20,7 @@ ask --model models/nano
 
 say "3. LoRA by the recipe, on the rows in data/, with a rate that suits a small model"
 "$bin/brie" train --model models/nano --out "$run" \
-  -o learning_rate=3e-3 -o num_train_epochs=4 -o save_steps=20 -o eval_steps=10
+  -o learning_rate=3e-3 -o num_train_epochs=3 -o save_steps=20 -o eval_steps=15
 
 checkpoint=$run/checkpoint-$(ls -d "$run"/checkpoint-* | sed "s/.*-//" | sort -n | tail -1)
 say "4. After: $prompt"

@@ -100,7 +100,7 @@ def model_folder(config: Mapping[str, Any]) -> Path:
 def _make_model(config: dict[str, Any], folder: Path) -> None:
     model = nano.random_model(Config.from_dict(config), seed=0)
     model.update(tree_map(lambda weight: weight.astype(compute_type()), model.parameters()))
-    nano.save_model(model, config, _tokenizer(min(151_643, config["vocab_size"] - len(CONTROL))), folder)
+    nano.save_model(model, config, _tokenizer(config["vocab_size"] - len(CONTROL)), folder)
 
 
 def _tokenizer(size: int) -> bytes:
@@ -260,8 +260,13 @@ def about(asked: argparse.Namespace) -> dict[str, Any]:
         "type": str(compute_type()).removeprefix("mlx.core."),
         "layers": f"{asked.layers} of {DEPTH} layers",
         "vocabulary": asked.vocabulary,
-        "repeats": asked.repeats,
+        "medians_of": asked.repeats,
     }
+
+
+def show_about(asked: argparse.Namespace) -> None:
+    """Print what the figures hold for."""
+    print("; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about(asked).items()))
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -22,10 +22,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from brie_mlx import fused, weights
+from brie_mlx.attend import Examples
 from brie_mlx.config import LoraConfig
 from brie_mlx.data.rows import read_examples
 from brie_mlx.lora import Adapter, Product, branch
-from brie_mlx.qwen import Examples
 from brie_mlx.recipe import Recipe
 from brie_mlx.training import workers
 from brie_mlx.training.loss import HEAD_CHUNK, Dropout, head_loss
@@ -60,11 +60,13 @@ class Pieces:
     def base_products(self, batch: MicroBatch) -> None:
         """Multiply by the seven projections, forward and towards the input."""
         tokens = batch.ids.size
-        for at in self.each_layer():
+        for layer in self.model.model.layers:
+            done = []
             for name, (out, size) in self.config.module_shapes().items():
                 group, projection = name.split(".")
-                linear = self.model.model.layers[at][group][projection]
-                _forth_and_back(linear, self.some(1, tokens, size), self.some(1, tokens, out))
+                x, slope = self.some(1, tokens, size), self.some(1, tokens, out)
+                done.append(mx.vjp(layer[group][projection], [x], [slope]))
+            mx.eval(done)
 
     def lora(self, batch: MicroBatch) -> None:
         """Multiply by A and B, and their gradients."""
@@ -78,11 +80,12 @@ class Pieces:
         tokens = batch.ids.size
         for at in self.each_layer():
             product = dropout.by(dropout.keys(batch.places, at), batch.lengths) if dropout else None
-            layer, scales = self.adapter.layers[at], self.adapter.scales(at)
+            layer, scales, done = self.adapter.layers[at], self.adapter.scales(at), []
             for name, (out, size) in self.config.module_shapes().items():
                 run = functools.partial(_branch, name, scales, product)
                 ends = [self.some(1, tokens, size), layer[name]["lora_A"], layer[name]["lora_B"]]
-                mx.eval(mx.vjp(run, ends, [self.some(1, tokens, out).astype(mx.float32)]))
+                done.append(mx.vjp(run, ends, [self.some(1, tokens, out).astype(mx.float32)]))
+            mx.eval(done)
 
     def attention(self, batch: MicroBatch) -> None:
         """Attend inside each example, RoPE included."""

@@ -205,6 +205,9 @@ SYSTEMS: dict[str, tuple[Callable[[Path, Path, int, bool], Run], bool]] = {
 }
 
 
+HEADER = ("", "examples/s", "tokens/s", "s a window", "fastest", "slowest", "GB above weights")
+
+
 def measure(model: Path, rows: Path, windows: int, repeats: int) -> tuple[dict[str, list[Run]], list[Limits]]:
     """Let the systems take turns, with the device's limits before and after each round."""
     runs: dict[str, list[Run]] = {name: [] for name in SYSTEMS}
@@ -301,13 +304,9 @@ def report(
         "mean_tokens": statistics.mean(length for window in lengths for length in window),
         "padding_in_mlx_lm": padding_share(lengths),
     }
-    print(", ".join(map(str, common.about(asked).values())))
+    common.show_about(asked)
     print(f"{rows['mean_tokens']:.0f} tokens a row; {rows['padding_in_mlx_lm']:.0%} of mlx-lm's batches is padding")
-    common.show(
-        "Training, real tokens only",
-        ["", *next(iter(systems.values()))],
-        [[n, *f.values()] for n, f in systems.items()],
-    )
+    common.show("Training, real tokens only", HEADER, [[name, *system.values()] for name, system in systems.items()])
     common.show(
         "The device, before and after each round",
         ("", "GFLOP/s of a matrix product", "GB/s of reading"),

@@ -188,8 +188,10 @@ def generate(prompt: str | None, system: str | None, as_json: bool, **settings: 
         click.echo(json.dumps({"voice": voice.name, "prompt": prompt, **reply.to_dict()}, ensure_ascii=False))
         return
     show = printable if sys.stdout.isatty() else str
-    dialogue.ask(prompt, on_text=lambda piece: click.echo(show(piece), nl=False))
+    reply = dialogue.ask(prompt, on_text=lambda piece: click.echo(show(piece), nl=False))
     click.echo()
+    if not reply.text:
+        click.echo("(the model ended its answer at once; try another --seed)", err=True)
 
 
 def _standard_input() -> str:

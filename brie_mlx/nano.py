@@ -1,8 +1,8 @@
 """The embedded model: Qwen2.5's architecture in small, made here in a minute, for the demo and for tests.
 
 A byte-level BPE with Qwen's pre-tokenization is learnt from the rows' texts, and all weights are trained
-from random ones on the same texts, most of them without ChatML, so that a LoRA run has the form of a
-dialogue left to learn. It says nothing clever; it runs every line that the real model runs.
+from random ones on the same texts, without ChatML, so that a LoRA run has the form of a dialogue left to
+learn. It says nothing clever; it runs every line that the real model runs.
 
     make_nano([Path("data/train.jsonl")], Path("models/nano"))
 """
@@ -24,10 +24,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from brie_mlx import files, fused, randomness
+from brie_mlx.attend import Examples
 from brie_mlx.chat import CONTROL, DEFAULT_SYSTEM, ROLES, Message, Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.errors import DataError, RunError
-from brie_mlx.qwen import Examples, Qwen
+from brie_mlx.qwen import Qwen
 
 NANO: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -54,12 +55,11 @@ NANO: dict[str, Any] = {
 BPE_TOKENS = 2048
 """Tokens of text; the control tokens come after them."""
 
-STEPS = 400
+STEPS = 300
 BATCH = 8
 BLOCK = 64
 """Tokens of a training block; longer ones cost more attention than they teach here."""
 PEAK = 6e-3
-CHAT_EVERY = 8
 REPORT_EVERY = 10
 
 # https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
@@ -199,13 +199,9 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _running_text(dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> np.ndarray:
-    ids: list[int] = []
-    for number, dialogue in enumerate(dialogues):
-        if CHAT_EVERY and number % CHAT_EVERY == 0:
-            ids += [*tokenizer.dialogue(dialogue), tokenizer.end_of_text]
-        else:
-            for message in dialogue:
-                ids += [*tokenizer.text_ids(message["content"]), tokenizer.end_of_text]
+    """Return the ids of all texts, one after another, at least a block of them."""
+    texts = (message["content"] for dialogue in dialogues for message in dialogue)
+    ids = [number for text in texts for number in (*tokenizer.text_ids(text), tokenizer.end_of_text)]
     return np.resize(np.array(ids, np.int32), max(len(ids), BLOCK + 1))
 
 

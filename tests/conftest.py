@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import brie_mlx  # noqa: F401  (before mlx: it puts the BLAS under it)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import brie_mlx  # noqa: F401  (first: it puts the BLAS under mlx)
 from brie_mlx import nano
 from brie_mlx.config import Config, LoraConfig
 from brie_mlx.lora import Adapter

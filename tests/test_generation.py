@@ -19,6 +19,7 @@ from conftest import lively, relative, small_config, warm_adapter
 
 import brie_mlx  # noqa: F401  (first: it puts the BLAS under mlx)
 from brie_mlx import files, nano, weights
+from brie_mlx.attend import Cache
 from brie_mlx.chat import IGNORED, Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.data.rows import read_examples
@@ -27,7 +28,7 @@ from brie_mlx.generation import decode, sampling
 from brie_mlx.generation.decode import Answer, Past, answer, generate
 from brie_mlx.generation.dialogue import Dialogue, printable
 from brie_mlx.generation.sampling import NOT_FINITE, Sampler, Sampling, allowed_ids, choose, uniforms
-from brie_mlx.qwen import Cache, Qwen
+from brie_mlx.qwen import Qwen
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
 ALMOST_ONE = 1 - 2**-24

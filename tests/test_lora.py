@@ -8,10 +8,10 @@ import pytest
 from conftest import REFERENCE, lively, relative, small_config, tensors_of, warm_adapter
 
 from brie_mlx import lora
+from brie_mlx.attend import Cache, Examples
 from brie_mlx.config import Config, LoraConfig
 from brie_mlx.errors import AdapterError
 from brie_mlx.lora import Adapter, Stack
-from brie_mlx.qwen import Cache, Examples
 from brie_mlx.weights import load_adapter, load_model
 
 QWEN_05B = Config.from_dict(

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brie_mlx import nano, weights
+from brie_mlx.attend import Examples
 from brie_mlx.chat import Tokenizer
 from brie_mlx.errors import DataError, RunError
-from brie_mlx.qwen import Examples
 
 
 @pytest.fixture(scope="module")

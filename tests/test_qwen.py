@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, lively, relative, small_config, tensors_of
 
+from brie_mlx.attend import Cache, Examples
 from brie_mlx.config import Config
 from brie_mlx.errors import ModelError
-from brie_mlx.qwen import Cache, Examples, Qwen
+from brie_mlx.qwen import Qwen
 from brie_mlx.weights import load_model
 
 SHAPES = {

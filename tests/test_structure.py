@@ -13,6 +13,7 @@ FLOORS = [
     {"errors"},
     {"device", "files", "recipe", "randomness"},
     {"config", "chat", "fused"},
+    {"attend"},
     {"qwen"},
     {"lora"},
     {"weights", "nano"},

@@ -12,9 +12,9 @@ from conftest import lively, relative, small_config, warm_adapter
 from mlx.utils import tree_flatten
 
 from brie_mlx import weights
+from brie_mlx.attend import Examples
 from brie_mlx.config import Config
 from brie_mlx.errors import AdapterError, ModelError
-from brie_mlx.qwen import Examples
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from brie_mlx import files, randomness, weights
+from brie_mlx.attend import Examples
 from brie_mlx.config import Config
 from brie_mlx.errors import AdapterError
 from brie_mlx.lora import Adapter
-from brie_mlx.qwen import Examples
 from brie_mlx.weights import Place
 
 TOLERANCE = 1e-4

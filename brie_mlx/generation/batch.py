@@ -18,22 +18,15 @@ from typing import cast
 
 import mlx.core as mx
 
-from brie_mlx import device, fused
+from brie_mlx import device
+from brie_mlx.attend import Cache, RowCache
 from brie_mlx.chat import Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.errors import ModelError, NumbersError, RecipeError
 from brie_mlx.generation.decode import CHUNK, Answer, read
-from brie_mlx.generation.sampling import (
-    NOT_FINITE,
-    Sampling,
-    _side_by_side,
-    allowed_ids,
-    choose,
-    stream,
-    uniforms,
-)
+from brie_mlx.generation.sampling import NOT_FINITE, Sampling, _side_by_side, allowed_ids, choose, stream, uniforms
 from brie_mlx.lora import Adapter, Stack
-from brie_mlx.qwen import Cache, Project, Qwen
+from brie_mlx.qwen import Project, Qwen
 
 ROWS = 32
 """Answers under way at a time, at most: each costs memory for its keys and values."""
@@ -78,7 +71,7 @@ def answer_all(
     step = batch.step()
     while step and len(answers) < len(requests):
         mx.async_eval(step.ids)
-        # It is not begun before this one is done: a cache in use would be copied, not written in place.
+        # It is begun when this one is done: MLX may copy a cache that is in use instead of writing in place.
         following = batch.step() if ahead else None
         for row in batch.hear(step):
             answers[row.number] = reply = row.answer(tokenizer)
@@ -127,8 +120,6 @@ class _Row:
     """The request's place in the list."""
     request: Request
     stream: int
-    unread: list[int]
-    """What of the prompt is not in a pass yet."""
     length: int = 0
     """Tokens in the cache, by the last pass that was written down."""
     drawn: int = 0
@@ -140,6 +131,9 @@ class _Row:
     num_reused_tokens: int = 0
     times: list[float] = field(default_factory=list)
     """Of joining, and of each token."""
+
+    def __post_init__(self) -> None:
+        self.unread = list(self.request.prompt_ids)  # what of the prompt is in no pass yet
 
     def take(self) -> list[int]:
         """Return what it reads in this pass of its prompt, and strike it from what is unread."""
@@ -194,7 +188,8 @@ class _Batch:
         self.allowed = allowed_ids(tokenizer, model.config.vocab_size)
         self.stack = stack
         self.most = min(most, len(requests))
-        self.waiting = deque(_waiting(requests, seed=sampling.seed))
+        streams = [stream(request.prompt_ids, seed=sampling.seed, run=request.run) for request in requests]
+        self.waiting = deque(map(_Row, range(len(requests)), requests, streams))
         self.beginnings = _beginnings(model, requests, stack=stack)
         self.rows: list[_Row] = []
         self.cache = RowCache(model.config, self.most, dtype=model.model.norm.weight.dtype)
@@ -296,18 +291,6 @@ class _Batch:
         return choose(logits, self.sampling, draws=draws, seen=seen, allowed=self.allowed)
 
 
-def _waiting(requests: Sequence[Request], *, seed: int) -> list[_Row]:
-    return [
-        _Row(
-            number,
-            request,
-            stream=stream(request.prompt_ids, seed=seed, run=request.run),
-            unread=list(request.prompt_ids),
-        )
-        for number, request in enumerate(requests)
-    ]
-
-
 def _beginnings(model: Qwen, requests: Sequence[Request], *, stack: Stack) -> dict[int | None, Cache]:
     """Return, for each adapter with several prompts, a cache of what all of these begin with."""
     beginnings = {}
@@ -326,106 +309,3 @@ def _common(prompts: Sequence[list[int]]) -> list[int]:
     first, last = min(prompts), max(prompts)  # what these two share, all that stand between them share
     most = min(map(len, prompts)) - 1
     return first[: next((at for at in range(most) if first[at] != last[at]), most)]
-
-
-# --- the cache ---------------------------------------------------------------------------------
-
-
-class RowCache:
-    """Keys and values of rows that come and go, each with a length of its own.
-
-    Every row lies from slot 0, so that a slot is a position: a row joins in the place of another without moving
-    or rotating anything, nothing is copied in a step, and attention costs what the longest live row costs. All
-    tokens of a pass are written at once, before any is looked at: MLX would copy a cache that is still to be read.
-
-    A pass has a token a row, (T, 1): first the last token of each row, which attend together; then the earlier
-    ones of rows that read several, row by row, which attend on their own.
-    """
-
-    def __init__(self, config: Config, rows: int, *, dtype: mx.Dtype) -> None:
-        self.config = config
-        shape = (rows, config.num_key_value_heads, Cache.BLOCK, config.head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
-        self.reads: list[range] = []
-
-    def plan(self, reads: Sequence[range]) -> None:
-        """Say which positions each row reads in the next pass; all rows from the first have at least one."""
-        self.reads = list(reads)
-        last = [span[-1] for span in reads]
-        rows = [row for row, span in enumerate(reads) for _ in span[:-1]]
-        earlier = [position for span in reads for position in span[:-1]]
-        self.rows = mx.array([*range(len(reads)), *rows])  # (T,), the row and the position of each token
-        self.positions = mx.array([*last, *earlier])
-        self.length = 1 + max(last)
-        self._make_room(self.length)
-        own = mx.arange(self.length) <= self.positions[: len(reads), None]  # (B, S)
-        self.mask = mx.where(own, 0.0, -mx.inf)[:, None, None]  # (B, 1, 1, S)
-
-    def copy(self, beginning: Cache, row: int) -> None:
-        """Let a row begin with what another cache of one row holds."""
-        length = beginning.length
-        self._make_room(length)
-        for ours, theirs in zip([*self.keys, *self.values], [*beginning.keys, *beginning.values], strict=True):
-            ours[row, :, :length] = cast(mx.array, theirs)[0, :, :length]
-
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Put rows in the place of others."""
-        if not sources:
-            return
-        caches, seen = [*self.keys, *self.values], slice(0, self.length)
-        taken = [cache[mx.array([*sources]), :, seen] for cache in caches]
-        mx.eval(taken)  # before the cache is written: MLX would copy one that is still to be read
-        for cache, moved in zip(caches, taken, strict=True):
-            cache[mx.array([*targets]), :, seen] = moved
-
-    def _make_room(self, length: int) -> None:
-        rows, heads, slots, size = self.keys[0].shape
-        if length > slots:
-            room = -(-(length - slots) // Cache.BLOCK) * Cache.BLOCK
-            fresh = mx.zeros((rows, heads, room, size), self.keys[0].dtype)
-            self.keys = [mx.concatenate([array, fresh], axis=2) for array in self.keys]
-            self.values = [mx.concatenate([array, fresh], axis=2) for array in self.values]
-
-    def __call__(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Write k and v, then attend, (T, H, 1, Dh), (T, K, 1, Dh), (T, K, 1, Dh) -> (T, H, 1, Dh)."""
-        q, k = (_rotate(self.config, x, self.positions) for x in (q, k))
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, self.positions] = k[:, :, 0]
-        values[self.rows, :, self.positions] = v[:, :, 0]
-        start = len(self.reads)
-        live, seen = slice(0, start), slice(0, self.length)
-        outputs = [_attend_in_rows(q[live], keys[live, :, seen], values[live, :, seen], self.mask)]
-        for row, span in enumerate(self.reads):
-            if len(span) > 1:
-                own, seen = slice(row, row + 1), slice(0, span[-1])
-                here = slice(start, start := start + len(span) - 1)
-                outputs.append(_attend_alone(q[here], keys[own, :, seen], values[own, :, seen]))
-        return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _rotate(config: Config, x: mx.array, positions: mx.array) -> mx.array:
-    """Apply RoPE to (T, heads, 1, Dh), each row at its own position."""
-    return mx.fast.rope(x, config.head_dim, traditional=False, base=config.rope_theta, scale=1.0, offset=positions)
-
-
-def _attend_in_rows(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
-    """Attend with a query a row, (B, H, 1, Dh), (B, K, S, Dh), (B, K, S, Dh), (B, 1, 1, S) -> (B, H, 1, Dh)."""
-    B, H, _, Dh = q.shape
-    scale = Dh**-0.5
-    if not device.is_cpu():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask.astype(q.dtype))
-    # On a CPU, MLX's own makes a product for each head and takes exp: more than twice the time of this
-    K = k.shape[1]
-    q = q.reshape(B, K, H // K, Dh)
-    scores = fused.scaled(q, scale * fused.LOG2E, lambda q: q @ k.swapaxes(2, 3)) + mask  # (B, K, G, S)
-    weights = fused.exp2(scores - scores.max(axis=-1, keepdims=True))
-    mixed = (weights @ v.astype(weights.dtype)) / weights.sum(axis=-1, keepdims=True)  # (B, K, G, Dh)
-    return mixed.reshape(B, H, 1, Dh).astype(k.dtype)
-
-
-def _attend_alone(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attend with the last T tokens of one row, (T, H, 1, Dh), (1, K, S, Dh), (1, K, S, Dh) -> (T, H, 1, Dh)."""
-    q = q.transpose(2, 1, 0, 3)  # (1, H, T, Dh)
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
-    return y.transpose(2, 1, 0, 3)

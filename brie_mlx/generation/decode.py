@@ -16,11 +16,12 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 
+from brie_mlx.attend import Cache
 from brie_mlx.chat import Decoder, Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.errors import ModelError, NumbersError, RecipeError
 from brie_mlx.generation.sampling import NOT_FINITE, Sampler, Sampling, allowed_ids
-from brie_mlx.qwen import Cache, Project, Qwen
+from brie_mlx.qwen import Project, Qwen
 
 CHUNK = 512
 """Prompt tokens that go through the model at a time: enough to keep it busy, few enough to bound the memory."""

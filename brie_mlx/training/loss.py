@@ -13,9 +13,10 @@ from typing import cast
 import mlx.core as mx
 
 from brie_mlx import fused, randomness
+from brie_mlx.attend import Examples
 from brie_mlx.config import MODULES
 from brie_mlx.lora import Adapter, Layer, Product, branch
-from brie_mlx.qwen import Block, Examples, Qwen
+from brie_mlx.qwen import Block, Qwen
 from brie_mlx.training.windows import MicroBatch
 
 HEAD_CHUNK = 128
