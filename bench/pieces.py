@@ -126,7 +126,9 @@ class Pieces:
 def _branch(
     name: str, scales: Mapping[str, float], product: Product | None, x: mx.array, a: mx.array, b: mx.array
 ) -> mx.array:
-    return branch({name: {"lora_A": a, "lora_B": b}}, scales, product)(name, x)
+    added = branch({name: {"lora_A": a, "lora_B": b}}, scales, product)(name, x)
+    assert added is not None
+    return added
 
 
 def _forth_and_back(function: Callable[[mx.array], mx.array], x: mx.array, slope: mx.array) -> None:

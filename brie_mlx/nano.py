@@ -1,8 +1,9 @@
 """The embedded model: Qwen2.5's architecture in small, made here in a minute, for the demo and for tests.
 
-A byte-level BPE with Qwen's pre-tokenization is learnt from the rows' texts, and all weights are trained
-from random ones on the same texts, without ChatML, so that a LoRA run has the form of a dialogue left to
-learn. It says nothing clever; it runs every line that the real model runs.
+A byte-level BPE with Qwen's pre-tokenization is learnt from the texts of the rows, and all weights are
+trained, from random ones, on the same texts in lower case and nearly all without ChatML: capitals, and
+who speaks when, are left for a LoRA run to teach. It says nothing clever; it runs every line that the
+real model runs.
 
     make_nano([Path("data/train.jsonl")], Path("models/nano"))
 """
@@ -27,13 +28,13 @@ from brie_mlx import files, fused, randomness
 from brie_mlx.attend import Examples
 from brie_mlx.chat import CONTROL, DEFAULT_SYSTEM, ROLES, Message, Tokenizer
 from brie_mlx.config import Config
-from brie_mlx.errors import DataError, RunError
+from brie_mlx.errors import DataError
 from brie_mlx.qwen import Qwen
 
 NANO: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "vocab_size": 2112,  # as in Qwen2.5, more rows than the tokenizer has tokens
+    "vocab_size": 2112,  # more rows than the tokenizer has tokens, as in Qwen2.5
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -44,23 +45,26 @@ NANO: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.1,
+    "initializer_range": 0.1,  # about 1 / sqrt(hidden_size); Qwen's 0.02 learns nothing for the first hundred steps
     "use_sliding_window": False,
-    "use_cache": True,
     "torch_dtype": "float32",
 }
-"""nano's config.json, but for the ids of its control tokens."""
+"""nano's config.json, without the ids of its control tokens."""
 
 BPE_TOKENS = 2048
-"""Tokens of text; the control tokens come after them."""
+"""Tokens of text in nano's vocabulary; the control tokens have the ids after them."""
 
-STEPS = 300
-BATCH = 8
-BLOCK = 64
-"""Tokens of a training block; longer ones cost more attention than they teach here."""
-PEAK = 6e-3
-REPORT_EVERY = 10
+STEPS = 600
+"""Training steps: about a minute on two cores."""
+BATCH, BLOCK = 8, 64
+"""A step's blocks, and the tokens of one; in longer ones attention takes more time than it is worth here."""
+LEARNING_RATE = 6e-3
+"""The peak, after a warm-up over a twentieth of the steps and before half a cosine down to 0."""
+CHAT_EVERY = 8
+"""One dialogue in so many is learnt as ChatML, so that the control tokens are not strangers."""
+
+Report = Callable[[int, int, float], None]
+"""Called after each step with (step, steps, loss in nats)."""
 
 # https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
 _PIECES = (
@@ -68,18 +72,13 @@ _PIECES = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# for transformers and mlx-lm; brie never runs one
 _TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' %}"
-    "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
-    "{%- endif %}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
+    "{%- set default = [{'role': 'system', 'content': '" + DEFAULT_SYSTEM + "'}] %}"
+    "{%- for message in ([] if messages[0].role == 'system' else default) + messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-
-Report = Callable[[int, int, float], None]
-"""Called now and then in training with (step, steps, loss)."""
 
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -88,14 +87,14 @@ Report = Callable[[int, int, float], None]
 def build_tokenizer(texts: Sequence[str], vocab_size: int = BPE_TOKENS) -> bytes:
     """Return a tokenizer.json in Qwen2.5's form, learnt from texts; the same texts give the same bytes.
 
-    `vocab_size` counts the tokens of text, at least the 256 bytes; little text gives fewer. The control
-    tokens have the ids after them.
+    `vocab_size` is the number of text tokens to learn, the 256 bytes among them; little text gives fewer.
+    The control tokens have the ids after them.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated")
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
@@ -108,13 +107,14 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = BPE_TOKENS) -> bytes
 
 
 def random_model(config: Config, seed: int, *, deviation: float = 0.02) -> Qwen:
-    """Return a float32 model with seeded random weights: norms 1, all else normal with this `deviation`.
+    """Return a float32 model of any size with random weights: norms 1, all else normal around 0.
 
-    Each tensor depends on the seed and its own name only; MLX's random state plays no part.
+    A tensor depends on the seed and on its own name; MLX's random state plays no part.
     """
-    model = Qwen(config)  # its own initial weights are lazy, and never computed
-    weights = [(name, _random(name, old.shape, seed, deviation)) for name, old in tree_flatten(model.parameters())]
-    model.update(tree_unflatten(weights))
+    model = Qwen(config)  # its own first weights are lazy, and never computed
+    shapes = [(name, tensor.shape) for name, tensor in tree_flatten(model.parameters())]
+    model.update(tree_unflatten([(name, _random(name, shape, seed, deviation)) for name, shape in shapes]))
+    mx.eval(model.parameters())
     return model
 
 
@@ -128,34 +128,39 @@ def _random(name: str, shape: tuple[int, ...], seed: int, deviation: float) -> m
 
 
 def save_model(model: Qwen, config: Mapping[str, Any], tokenizer: bytes, folder: Path) -> None:
-    """Write a new model folder, whole or not at all, that brie, mlx-lm and transformers load.
+    """Write a model's folder, whole or not at all, for brie, mlx-lm and transformers to load.
 
-    Raises RunError when the folder exists or the disk refuses.
+    `tokenizer` is a tokenizer.json; its control ids go into the copy of `config` that is written. Raises
+    RunError where the folder exists or the disk refuses.
     """
-    with files.new_folder(folder) as aside:
+    with files.new_folder(folder, manifest=False) as aside:
         files.write(aside / "tokenizer.json", tokenizer)
-        _write_model(model, config, aside)
+        _write_beside_tokenizer(model, config, aside)
 
 
-def _write_model(model: Qwen, config: Mapping[str, Any], folder: Path) -> None:
-    """Write all but the tokenizer.json, which is there, and whose control ids go into the rest."""
+def _write_beside_tokenizer(model: Qwen, config: Mapping[str, Any], folder: Path) -> None:
     tokenizer = Tokenizer.read(folder)
-    ids = {"bos_token_id": tokenizer.end_of_text, "pad_token_id": tokenizer.end_of_text}
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": _TEMPLATE, "clean_up_tokenization_spaces": False}
-    stops = sorted(tokenizer.stops, reverse=True)
-    files.write(
-        folder / "config.json",
-        files.to_json({**config, "bos_token_id": ids["bos_token_id"], "eos_token_id": tokenizer.end}),
-    )
-    files.write(folder / "generation_config.json", files.to_json({**ids, "eos_token_id": stops}))
-    files.write(
-        folder / "tokenizer_config.json",
-        files.to_json({**settings, **names, "model_max_length": config["max_position_embeddings"]}),
-    )
+    pad, end = tokenizer.end_of_text, tokenizer.end
+    tokenizer_config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "chat_template": _TEMPLATE,
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+    }
     weights = io.BytesIO()
     mx.save_safetensors(weights, dict(tree_flatten(model.parameters())), metadata={"format": "pt"})
-    files.write(folder / "model.safetensors", weights.getvalue())
+    contents = {
+        "config.json": files.to_json({**config, "bos_token_id": pad, "eos_token_id": end}),
+        "generation_config.json": files.to_json({"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}),
+        "tokenizer_config.json": files.to_json(tokenizer_config),
+        "model.safetensors": weights.getvalue(),
+    }
+    for name, content in contents.items():
+        files.write(folder / name, content)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -164,48 +169,54 @@ def _write_model(model: Qwen, config: Mapping[str, Any], folder: Path) -> None:
 def make_nano(
     data_files: Sequence[Path], out: Path, *, steps: int = STEPS, seed: int = 42, report: Report | None = None
 ) -> None:
-    """Make a new model folder from the texts of rows. The same rows, steps and seed give the same bytes on a machine.
+    """Make the embedded model from files of rows with `messages`, into a new folder.
 
-    Raises DataError when a file is missing or has a bad row, RunError when `out` exists or the disk refuses.
+    The same rows, steps and seed give the same bytes on one machine. Raises DataError for missing files and
+    rows without messages, RunError where the folder exists or the disk refuses.
     """
-    if out.exists():
-        raise RunError(f"{out} exists already, and nothing is overwritten", hint="name another folder")
     dialogues = _read_dialogues(data_files)
-    texts = [message["content"] for dialogue in dialogues for message in dialogue]
-    with files.new_folder(out) as folder:
+    with files.new_folder(out, manifest=False) as folder:
+        texts = [message["content"] for dialogue in dialogues for message in dialogue]
         files.write(folder / "tokenizer.json", build_tokenizer(texts))
+        ids = _stream(dialogues, Tokenizer.read(folder))
         model = random_model(Config.from_dict(NANO), seed, deviation=NANO["initializer_range"])
-        _train(model, _running_text(dialogues, Tokenizer.read(folder)), steps=steps, seed=seed, report=report)
-        _write_model(model, NANO, folder)
+        _train(model, ids, steps=steps, seed=seed, report=report or (lambda *_: None))
+        _write_beside_tokenizer(model, NANO, folder)
 
 
 def _read_dialogues(paths: Sequence[Path]) -> list[list[Message]]:
     problems = [f"{path} does not exist" for path in paths if not path.is_file()]
     dialogues = []
-    for path in paths:
-        for line, row in files.read_rows(path, problems) if path.is_file() else ():
-            turns = row.get("messages")
-            if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
-                dialogues.append([Message(role=turn["role"], content=turn["content"]) for turn in turns])
+    for path in paths if not problems else ():
+        for line, row in files.read_rows(path, problems):
+            try:
+                turns = [Message(role=turn["role"], content=turn["content"]) for turn in row["messages"]]
+            except (KeyError, TypeError):
+                turns = []
+            if turns and all(turn["role"] in ROLES and isinstance(turn["content"], str) for turn in turns):
+                dialogues.append(turns)
             else:
-                problems.append(f"{path}:{line}:messages: expected turns with a role and a text")
+                problems.append(f"{path}:{line}:messages: expected a list of turns, each with role and content")
     if problems or not dialogues:
-        raise DataError("There are no rows to learn from.", problems=problems, hint="brie nano --data FILE")
+        message = "The embedded model is made from rows of messages, and there are none that can be used."
+        raise DataError(message, problems=problems, hint="brie nano --data data/train.jsonl")
     return dialogues
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
-
-
-def _running_text(dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of all texts, one after another, at least a block of them."""
-    texts = (message["content"] for dialogue in dialogues for message in dialogue)
-    ids = [number for text in texts for number in (*tokenizer.text_ids(text), tokenizer.end_of_text)]
+def _stream(dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> np.ndarray:
+    """Return what is learnt, in one row of ids: each dialogue in lower case, then <|endoftext|>."""
+    ids: list[int] = []
+    for number, dialogue in enumerate(dialogues):
+        turns = [(message["role"], message["content"].lower()) for message in dialogue]
+        if number % CHAT_EVERY == 0:
+            ids += [at for role, text in turns for at in tokenizer.turn(role, text)]
+        else:
+            ids += tokenizer.text_ids("\n".join(text for _, text in turns))
+        ids.append(tokenizer.end_of_text)
     return np.resize(np.array(ids, np.int32), max(len(ids), BLOCK + 1))
 
 
-def _train(model: Qwen, ids: np.ndarray, *, steps: int, seed: int, report: Report | None) -> None:
+def _train(model: Qwen, ids: np.ndarray, *, steps: int, seed: int, report: Report) -> None:
     optimizer = optimizers.AdamW(learning_rate=0.0, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     loss_and_gradients = nn.value_and_grad(model, _loss)
     for step in range(1, steps + 1):
@@ -213,18 +224,17 @@ def _train(model: Qwen, ids: np.ndarray, *, steps: int, seed: int, report: Repor
         loss, gradients = loss_and_gradients(model, _blocks(ids, seed=seed, step=step))
         gradients, _ = optimizers.clip_grad_norm(gradients, 1.0)
         optimizer.update(model, gradients)
-        mx.eval(model.parameters(), optimizer.state)
-        if report and (step % REPORT_EVERY == 0 or step == steps):
-            report(step, steps, loss.item())
+        mx.eval(loss, model.parameters(), optimizer.state)
+        report(step, steps, loss.item())
 
 
 def _learning_rate(step: int, steps: int) -> float:
-    warmup = min(1.0, step / (0.05 * steps))
-    return PEAK * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+    warmup = min(1.0, 20 * step / steps)
+    return LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _blocks(ids: np.ndarray, *, seed: int, step: int) -> mx.array:
-    """Return blocks from random places of the text, (BATCH, BLOCK + 1)."""
+    """Return stretches from random places of the text, (BATCH, BLOCK + 1)."""
     source = np.random.Generator(np.random.SFC64(randomness.number("nano", seed, step)))
     starts = source.integers(0, len(ids) - BLOCK, size=(BATCH, 1))
     return mx.array(ids[starts + np.arange(BLOCK + 1)])
@@ -233,7 +243,7 @@ def _blocks(ids: np.ndarray, *, seed: int, step: int) -> mx.array:
 def _loss(model: Qwen, blocks: mx.array) -> mx.array:
     """Return the mean cross-entropy of each token after the first, (B, T + 1) -> scalar, in nats."""
     attend = Examples(model.config, [blocks.shape[1] - 1])
-    logits = fused.LOG2E * model(blocks[:, :-1], attend=attend)  # (B, T, V), in base 2
+    logits = fused.LOG2E * model(blocks[:, :-1], attend=attend)  # (B, T, V), in base 2: see fused.py
     logits = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = fused.exp2(mx.maximum(logits, -100.0)).sum(axis=-1)  # (B, T)
     chosen = mx.take_along_axis(logits, blocks[:, 1:, None], axis=-1).squeeze(-1)  # (B, T)
