@@ -35,5 +35,5 @@ That was the road on a model too small to be clever. On the real one:
   make train                      Qwen2.5-0.5B-Instruct on data/, the card's recipe (downloads 1 GB once)
   brie train --data your.jsonl    your own rows, {"messages": [...]} a line
   brie chat --adapter $checkpoint
-  open $run/loss.svg              the curves of this run
+  open $run/loss.svg      the curves of this run
 END

@@ -34,7 +34,7 @@ class Examples:
         self.lengths = list(lengths)
 
     def __call__(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:  # noqa: ARG002
-        """Attend causally inside each example; B is 1 and T the sum of the lengths."""
+        """Attend causally inside each example; T is the sum of the lengths, the same in each of B rows."""
         outputs, start = [], 0
         for length in self.lengths:
             here = slice(start, start + length)

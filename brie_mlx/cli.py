@@ -238,7 +238,7 @@ def nano(out: Path, data: tuple[Path, ...], steps: int | None, seed: int) -> Non
     """Make the embedded model: Qwen2.5's architecture in small, for the demo and for trying things out."""
     from brie_mlx.nano import STEPS, make_nano
 
-    files = list(data) or [Path("data/train.jsonl"), Path("data/valid.jsonl")]
+    files = list(data) or [Path("data/train.jsonl")]  # rows for validation stay unseen
 
     def report(step: int, steps: int, loss: float) -> None:
         if step % 100 == 0 or step == steps:
