@@ -27,7 +27,7 @@ setup: .venv/.run  ## install brie into .venv
 demo: .venv/.run  ## walk the whole road on the embedded model: a few minutes, no download
 	@BIN=$(BIN) bash demo.sh
 
-models/nano: .venv/.run
+models/nano: | .venv/.run
 	$(BIN)/brie nano $@
 
 nano: models/nano  ## make the embedded model

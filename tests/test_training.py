@@ -328,6 +328,17 @@ def test_training_on_a_4_bit_base_has_the_gradient_of_its_dequantized_weights() 
         assert relative(ours[1][name], expected) <= 1e-3, name
 
 
+def test_on_a_bfloat16_base_the_adapter_stays_float32_and_its_gradient_near() -> None:
+    model, rough, adapter = lively(SMALL), lively(SMALL), warm_adapter(SMALL, r=4)
+    rough.update(tree_map(lambda weight: weight.astype(mx.bfloat16), rough.parameters()))
+    pieces = list(windows.cut(some_window(), 10_000))
+    exact, near = (gradient(base, adapter, pieces, share=0) for base in (model, rough))
+    assert near[0] == pytest.approx(exact[0], rel=0.02)
+    for name, expected in exact[1].items():
+        assert near[1][name].dtype == mx.float32
+        assert relative(near[1][name], expected) <= 0.15, name
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from brie_mlx.chat import Tokenizer
 from brie_mlx.config import Config
 from brie_mlx.errors import ModelError, NumbersError, RecipeError
 from brie_mlx.generation.decode import CHUNK, Answer, read
-from brie_mlx.generation.sampling import NOT_FINITE, Sampling, _side_by_side, allowed_ids, choose, stream, uniforms
+from brie_mlx.generation.sampling import NOT_FINITE, Sampling, allowed_ids, choose, side_by_side, stream, uniforms
 from brie_mlx.lora import Adapter, Stack
 from brie_mlx.qwen import Project, Qwen
 
@@ -286,7 +286,7 @@ class _Batch:
         draws = mx.concatenate([uniforms([row.stream], row.drawn) for row in self.rows])  # (B, 2)
         seen = None
         if self.sampling.repetition_penalty != 1:
-            heard = _side_by_side([[*row.request.prompt_ids, *row.said] for row in self.rows])
+            heard = side_by_side([[*row.request.prompt_ids, *row.said] for row in self.rows])
             seen = mx.concatenate([heard, last[:, None]], axis=1)  # `last` may not be heard yet
         return choose(logits, self.sampling, draws=draws, seen=seen, allowed=self.allowed)
 

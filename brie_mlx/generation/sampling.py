@@ -127,7 +127,7 @@ class Sampler:
         self.step = 0
         runs = runs or [0] * len(prompts)
         self.streams = [stream(prompt, seed=sampling.seed, run=run) for prompt, run in zip(prompts, runs, strict=True)]
-        self.seen = _side_by_side(prompts) if sampling.repetition_penalty != 1 else None
+        self.seen = side_by_side(prompts) if sampling.repetition_penalty != 1 else None
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Return the next ids, (B, V) -> (B,) int32; `NOT_FINITE` in a row whose logits are not numbers."""
@@ -139,7 +139,7 @@ class Sampler:
         return ids
 
 
-def _side_by_side(prompts: Sequence[Sequence[int]]) -> mx.array:
+def side_by_side(prompts: Sequence[Sequence[int]]) -> mx.array:
     """Return the ids of all prompts, (B, longest); a short row repeats its first, which adds no new id."""
     longest = max(map(len, prompts))
     return mx.array([[*prompt, *[prompt[0]] * (longest - len(prompt))] for prompt in prompts], mx.int32)
