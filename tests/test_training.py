@@ -364,7 +364,7 @@ def recipe(base: Path, rows: Path) -> Recipe:
         logging_steps=3,
         eval_steps=4,
         save_steps=5,
-        micro_batch_tokens=150,
+        micro_batch_tokens=1100,  # two workers, where there are two cores
     )
 
 

@@ -138,10 +138,8 @@ class Trainer:
 
     def _gradients(self, window: Sequence[Example], step: int) -> tuple[float, list[Layer]]:
         """Return the window's loss and its gradient by the LoRA weights."""
-        share = self.adapter.config.lora_dropout
-        dropout = (
-            Dropout(share, seed=self.recipe.seed, step=step, num_layers=len(self.adapter.layers)) if share else None
-        )
+        share, num_layers = self.adapter.config.lora_dropout, len(self.adapter.layers)
+        dropout = Dropout(share, seed=self.recipe.seed, step=step, num_layers=num_layers) if share else None
 
         def piece(batch: windows.MicroBatch) -> tuple[float, list[Layer]]:
             self._look_up()
@@ -153,9 +151,8 @@ class Trainer:
                 dropout=dropout,
                 checkpoint=self.recipe.gradient_checkpointing,
             )
-            own = tree_map(
-                lambda tensor: tensor, self.adapter.layers
-            )  # value_and_grad puts tracers into the tree it is given
+            # a tree of its own: value_and_grad puts tracers into the one it is given
+            own = tree_map(lambda tensor: tensor, self.adapter.layers)
             loss, slope = mx.value_and_grad(loss_of)(own)
             mx.eval(loss, slope)
             return float(loss), slope

@@ -1,6 +1,6 @@
 """Pieces of work side by side. MLX computes one operation at a time on a CPU, elementwise ones on one core.
 
-So on a CPU each worker is a thread with a stream of its own, and the BLAS uses one thread in each. On a
+So on a CPU each worker is a thread with a stream of its own, and the BLAS has its share of the cores in each. On a
 GPU there is one worker, the caller's own thread. Results come in the order of the pieces, whoever is done
 first, so that sums over them are the same to the bit.
 """
@@ -21,6 +21,9 @@ from brie_mlx.training.windows import MicroBatch
 
 Result = TypeVar("Result")
 
+LEAST_TOKENS = 512
+"""A worker's part of the budget: smaller pieces would waste the products on overhead."""
+
 _here = threading.local()
 
 
@@ -30,12 +33,12 @@ def count() -> int:
 
 
 def each_piece(work: Callable[[MicroBatch], Result], rows: Sequence[Example], budget: int) -> Iterator[Result]:
-    """Cut rows into pieces and yield work(piece) for each, in an order that depends on the rows alone.
+    """Cut rows into pieces and yield work(piece) for each, in an order that depends on rows, budget and cores alone.
 
     The pieces in work at any time have at most `budget` tokens together; a row too long for its worker's part
     has the machine to itself. `work` must evaluate what it returns.
     """
-    workers = count()
+    workers = min(count(), max(1, budget // LEAST_TOKENS))
     part = max(1, budget // workers)
     fair = -(-sum(len(row.ids) for row in rows) // workers)
     pieces = list(windows.cut(rows, min(part, fair)))
@@ -51,7 +54,7 @@ def _side_by_side(work: Callable[[MicroBatch], Result], pieces: Sequence[MicroBa
     if workers == 1:
         yield from map(work, pieces)
         return
-    with device.blas_threads(1), ThreadPoolExecutor(workers, initializer=_open_stream) as pool:
+    with device.blas_threads(max(1, count() // workers)), ThreadPoolExecutor(workers, initializer=_open_stream) as pool:
         longest_first = sorted(range(len(pieces)), key=lambda at: -pieces[at].ids.size)
         futures = {at: pool.submit(_on_stream, work, pieces[at]) for at in longest_first}
         try:
